@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Stage:
     def at(progress: float) -> "Stage":
         """The mixture at `progress` (0 to 1) of the run: short and procedural first, negatives ramped up late."""
         early = max(0.0, 1 - progress / 0.3)
-        return Stage(procedural=0.28 + 0.37 * early, facts=0.09 - 0.05 * early, unanswerable=0.22 - 0.16 * early,
+        return Stage(procedural=0.24 + 0.36 * early, facts=0.2 - 0.1 * early, closed_unknown=0.04, unanswerable=0.22 - 0.16 * early,
                      passages=tuple((1 - early) * p + early * q for p, q in
                                     zip((0.62, 0.17, 0.10, 0.06, 0.05), (0.85, 0.15, 0, 0, 0))),
                      injected=0.05 * (1 - early), versions=0.07 * (1 - early))
@@ -102,7 +103,7 @@ class Mixer:
     def fact(self, rng: random.Random) -> Example:
         """A general fact: closed-book in a training wording, or with its statement as the passage."""
         fact = rng.choice(self.facts)
-        question = rng.choice([q for i, q in enumerate(fact.questions) if i != fact.held_out])
+        question = rng.choice([*(q for i, q in enumerate(fact.questions) if i != fact.held_out), *fact.extra])
         if rng.random() < 0.12:
             text = rng.choice(fact.statements)
             span = _span_of(fact.answer, text)
@@ -277,11 +278,15 @@ def encode(examples: list[Example], tokenizer, filler: bool = True) -> list[dict
     return out
 
 
-def collate(items: list[dict], pad: int, filler: int | None = None) -> Batch:
-    """Pad items with the same number of blocks. With `filler`, blocks are filled up with that visible token."""
+def collate(items: list[dict], pad: int, filler: int | None = None, multiple: int = 1) -> Batch:
+    """Pad items with the same number of blocks to lengths that are a multiple of `multiple` (answers: of 4).
+
+    With `filler`, blocks are filled up with that visible token instead of masked padding.
+    """
     n = len(items[0]["blocks"])
-    length = max(len(b) for item in items for b in item["blocks"])
+    length = multiple * math.ceil(max(len(b) for item in items for b in item["blocks"]) / multiple)
     answer_length = max(len(item["answer"]) for item in items) - 1
+    answer_length = 4 * math.ceil(answer_length / 4) if multiple > 1 else answer_length
     blocks = torch.full((len(items), n, length), pad if filler is None else filler, dtype=torch.long)
     mask = torch.full((len(items), n, length), filler is not None, dtype=torch.bool)
     answers = torch.full((len(items), answer_length), pad, dtype=torch.long)

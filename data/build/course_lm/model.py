@@ -104,7 +104,7 @@ def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = tor
 
     Returns
     -------
-    logits : (number of targets that are not -100, vocabulary)
+    logits : (number of targets, vocabulary)
     span_scores : (examples, n·block tokens, 2) or None
     """
     config, w = model.config, _weights(model, dtype)
@@ -165,7 +165,7 @@ def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = tor
             h = F.dropout(h, dropout)
         x = F.layer_norm(x + h, (config.hidden_size,), w[o + "LayerNorm.weight"], w[o + "LayerNorm.bias"], eps)
         if layer == config.num_hidden_layers - 1:  # from here on only the answers matter
-            x = x[cut:][(batch.targets != -100).view(-1)]
+            x = x[cut:]
         h = F.gelu(F.linear(x, w[p + "intermediate.dense.weight"], w[p + "intermediate.dense.bias"]))
         o = p + "output."
         h = F.linear(h, w[o + "dense.weight"], w[o + "dense.bias"])

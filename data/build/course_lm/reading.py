@@ -15,10 +15,10 @@ questions with their answers and `U:` questions that the passage does not answer
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-__all__ = ["Passage", "Fact", "SLOT", "read_passages", "read_facts", "load_split", "SPLIT_FILES", "READING_FOLDER"]
+__all__ = ["Passage", "Fact", "SLOT", "read_passages", "read_facts", "load_split", "load_facts", "SPLIT_FILES", "READING_FOLDER"]
 
 READING_FOLDER = Path(__file__).parent / "reading"
 SLOT = re.compile(r"\[\[([A-Z]+):([^\[\]]+)\]\]")
@@ -48,6 +48,7 @@ class Fact:
     questions: tuple[str, ...]
     answer: str
     index: int = field(default=0)
+    extra: tuple[str, ...] = ()  # further training wordings, from w1.tsv and w2.tsv
 
     @property
     def held_out(self) -> int:
@@ -113,8 +114,15 @@ def load_split(split: str, folder: Path = READING_FOLDER) -> list[Passage]:
 
 
 def load_facts(folder: Path = READING_FOLDER) -> list[Fact]:
-    """All general facts, numbered through."""
+    """All general facts, numbered through, with their further training wordings."""
     facts: list[Fact] = []
     for path in sorted(folder.glob("g[0-9]*.txt")):
         facts += read_facts(path, start=len(facts))
-    return facts
+    extra: dict[int, list[str]] = {}
+    for path in sorted(folder.glob("w[0-9]*.tsv")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            number, _, question = line.partition("\t")
+            if number.isdigit() and question.strip():
+                extra.setdefault(int(number), []).append(question.strip())
+    return [replace(f, extra=tuple(q for q in extra.get(f.index, ()) if q.lower() not in map(str.lower, f.questions)))
+            for f in facts]

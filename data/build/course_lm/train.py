@@ -80,26 +80,19 @@ class Stream(torch.utils.data.IterableDataset):
         torch.set_num_threads(1)
         mixer, _, _ = build_sources(self.work)
         tokenizer = Tokenizer.from_file(str(self.tokenizer_file))
+        # few shapes, so that the kernels made for each are used again: bins by number and (rounded) length of blocks
+        bins: dict[tuple[int, int], list[dict]] = {}
         for index in range(self.start, math.ceil(self.total / POOL)):
             rng = random.Random(f"{self.seed}-{index}")
             stage = Stage.at(index * POOL / self.total)
-            items = encode([mixer.draw(stage, rng) for _ in range(POOL)], tokenizer)
-            items.sort(key=lambda item: (len(item["blocks"]), max(map(len, item["blocks"]))))
-            batches, current, longest = [], [], 0
-            for item in items:
-                n, length = len(item["blocks"]), max(map(len, item["blocks"]))
-                if current and (n != len(current[0]["blocks"])
-                                or (len(current) + 1) * n * max(longest, length) > self.budget or len(current) >= 160
-                                or length > 1.3 * longest + 8):
-                    batches.append(current)
-                    current, longest = [], 0
+            for item in encode([mixer.draw(stage, rng) for _ in range(POOL)], tokenizer):
+                n, length = len(item["blocks"]), 16 * math.ceil(max(map(len, item["blocks"])) / 16)
+                size = max(1, min(self.budget // (n * length), 128))
+                current = bins.setdefault((n, length), [])
                 current.append(item)
-                longest = max(longest, length)
-            if current:
-                batches.append(current)
-            rng.shuffle(batches)
-            for i, batch in enumerate(batches):
-                yield index + (i == len(batches) - 1), len(batch), collate(batch, self.pad, self.filler)
+                if len(current) == size:
+                    yield index, size, collate(current, self.pad, self.filler if n == 1 else None, 16)
+                    bins[n, length] = []
 
 
 class Evaluator:
@@ -126,7 +119,7 @@ class Evaluator:
 
         figures = {}
         for name, examples in self.sets.items():
-            texts = generate_prefix_lm(model, tokenizer, [prompt_text(e) for e in examples], 40)
+            texts = [t for t, *_ in generate_prefix_lm(model, tokenizer, [prompt_text(e) for e in examples], 32)]
             outcomes = [score(e, t, name) for e, t in zip(examples, texts)]
             figures[name] = summary(outcomes, resamples=200)
         return figures
@@ -254,8 +247,7 @@ def main() -> None:
             group["lr"] = rate
         batch = batch.to(device)
         logits, span_scores = forward_batch(model, batch, torch.bfloat16, span_head, args.dropout)
-        flat = batch.targets.view(-1)
-        loss = F.cross_entropy(logits.float(), flat[flat != -100])
+        loss = F.cross_entropy(logits.float(), batch.targets.view(-1), ignore_index=-100)
         span_loss = sum(F.cross_entropy(span_scores[..., i], batch.span[:, i], ignore_index=-100) for i in (0, 1)) / 2 \
             if (batch.span >= 0).any() else loss.detach() * 0
         (loss + args.span_weight * span_loss).backward()
@@ -269,7 +261,7 @@ def main() -> None:
         seen += count
         pool_index = next_pool
         tokens_seen += batch.blocks.numel() + batch.answers.numel()
-        window.append((loss.item(), float(span_loss), count, batch.blocks.numel()))
+        window.append((loss.item(), float(span_loss.detach()), count, batch.blocks.numel()))
         now = time.time()
         if now - last_print > 30:
             took, total = now - last_print, sum(w[2] for w in window)
