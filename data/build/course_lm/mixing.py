@@ -279,14 +279,15 @@ def encode(examples: list[Example], tokenizer, filler: bool = True) -> list[dict
 
 
 def collate(items: list[dict], pad: int, filler: int | None = None, multiple: int = 1) -> Batch:
-    """Pad items with the same number of blocks to lengths that are a multiple of `multiple` (answers: of 4).
+    """Pad items with the same number of blocks to lengths that are a multiple of `multiple` (answers: to 8, 16, 32 or 60).
 
     With `filler`, blocks are filled up with that visible token instead of masked padding.
     """
     n = len(items[0]["blocks"])
     length = multiple * math.ceil(max(len(b) for item in items for b in item["blocks"]) / multiple)
     answer_length = max(len(item["answer"]) for item in items) - 1
-    answer_length = 4 * math.ceil(answer_length / 4) if multiple > 1 else answer_length
+    if multiple > 1:
+        answer_length = next(length for length in (8, 16, 32, MAX_ANSWER) if answer_length <= length)
     blocks = torch.full((len(items), n, length), pad if filler is None else filler, dtype=torch.long)
     mask = torch.full((len(items), n, length), filler is not None, dtype=torch.bool)
     answers = torch.full((len(items), answer_length), pad, dtype=torch.long)

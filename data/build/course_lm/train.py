@@ -16,9 +16,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-# set before torch starts its threads: keep freed memory (lengths differ at every step)
+# set before torch is loaded: keep freed memory (lengths differ at every step)
 _MALLOC = {"MALLOC_TOP_PAD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296",
-           "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_ARENA_MAX": "1"}
+           "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_ARENA_MAX": "1",
+           # and keep every kernel that was made for a shape
+           "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}
 
 import torch
 from torch import nn
@@ -247,7 +249,7 @@ def main() -> None:
             group["lr"] = rate
         batch = batch.to(device)
         logits, span_scores = forward_batch(model, batch, torch.bfloat16, span_head, args.dropout)
-        loss = F.cross_entropy(logits.float(), batch.targets.view(-1), ignore_index=-100)
+        loss = F.cross_entropy(logits.float(), batch.targets[batch.targets != -100])
         span_loss = sum(F.cross_entropy(span_scores[..., i], batch.span[:, i], ignore_index=-100) for i in (0, 1)) / 2 \
             if (batch.span >= 0).any() else loss.detach() * 0
         (loss + args.span_weight * span_loss).backward()
