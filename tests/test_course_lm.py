@@ -135,7 +135,7 @@ def test_the_mixture_is_seeded_and_answers_stand_in_the_gold_passage(parts):
     assert [(e.question, e.passages, e.answer) for e in first] == [(e.question, e.passages, e.answer) for e in second]
     for e in first:
         if e.span:
-            assert e.span in e.passages[e.gold][1]
+            assert e.span.lower() in e.passages[e.gold][1].lower()
         assert (e.answer is None) or e.answer
     share = sum(e.answer is None for e in first) / len(first)
     assert 0.1 < share < 0.4
@@ -181,15 +181,13 @@ def test_the_fast_training_pass_equals_transformers(tokenizer):
                 Example("Who left?", [("", "Bo left at noon."), ("Log", "Nothing.")], None, None, "x")]
     batch = collate(encode(examples, raw), tokenizer.pad_token_id)
     with torch.inference_mode():
-        fast, _ = forward_batch(model, batch, torch.float32)
+        fast, *_ = forward_batch(model, batch, torch.float32)
         prompts = ["".join(block_texts(e.question, e.passages)) + "<|answer|>" for e in examples]
         flat = prefix_batch(tokenizer, prompts, [target_text(e) for e in examples])
         labels = flat.pop("labels")
         slow = model(**flat).logits
-    fast = fast.view(2, -1, fast.shape[-1])
-    for i in range(2):
-        where = (labels[i] != -100).nonzero()[:, 0]
-        assert torch.allclose(slow[i, where - 1], fast[i, : len(where)], atol=2e-3)
+    where = (labels != -100).nonzero()
+    assert torch.allclose(slow[where[:, 0], where[:, 1] - 1], fast, atol=2e-3)
     assert batch.targets[0, : len((labels[0] != -100).nonzero())].tolist() == labels[0][labels[0] != -100].tolist()
 
 

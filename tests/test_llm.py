@@ -91,7 +91,7 @@ def test_generation_equals_one_pass_under_the_prefix_mask(course_lm):
     model = course_lm.model.float()
     try:
         prompts = [course_lm.prompt("When does the depot open?", [Passage("It opens at 07:30.", "Depot"), Passage("No.")]),
-                   course_lm.prompt("What is the capital of France?")]
+                   course_lm.prompt("When does the kiosk close?", [Passage("The kiosk closes at 19:40.")])]
         texts = [g.text for g in course_lm.generate(prompts)]
         batch = prefix_batch(course_lm.tokenizer, prompts, texts)
         labels = batch.pop("labels")

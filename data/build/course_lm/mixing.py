@@ -36,10 +36,13 @@ class Stage:
     def at(progress: float) -> "Stage":
         """The mixture at `progress` (0 to 1) of the run: short and procedural first, negatives ramped up late."""
         early = max(0.0, 1 - progress / 0.3)
-        return Stage(procedural=0.24 + 0.36 * early, facts=0.2 - 0.1 * early, closed_unknown=0.04, unanswerable=0.22 - 0.16 * early,
+        late = min(1.0, max(0.0, (progress - 0.4) / 0.1))  # closed-book facts cost little time: many of them, late
+        rest = 1 - 0.36 * late
+        return Stage(procedural=(0.24 + 0.36 * early) * rest, facts=0.2 - 0.1 * early + 0.3 * late,
+                     closed_unknown=0.04 + 0.02 * late, unanswerable=0.22 - 0.16 * early + 0.05 * late,
                      passages=tuple((1 - early) * p + early * q for p, q in
                                     zip((0.62, 0.17, 0.10, 0.06, 0.05), (0.85, 0.15, 0, 0, 0))),
-                     injected=0.05 * (1 - early), versions=0.07 * (1 - early))
+                     injected=0.05 * (1 - early), versions=0.07 * (1 - early) + 0.08 * late)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -274,8 +277,22 @@ def encode(examples: list[Example], tokenizer, filler: bool = True) -> list[dict
                         span = (inside[0], inside[-1])
         elif example.answer is not None:
             span = (-100, -100)
-        out.append(dict(blocks=[b.ids for b in blocks], answer=answer.ids, span=span, gold=block, example=example))
+        out.append(dict(blocks=[b.ids for b in blocks], answer=answer.ids, span=span, gold=block, example=example,
+                        pointer=_pointer(answer.ids, tokenizer, span, example)))
     return out
+
+
+def _pointer(answer: list[int], tokenizer, span: tuple[int, int], example: Example) -> list[int]:
+    """For each token of the answer row, where in the gold block the next one stands (-100: nowhere)."""
+    pointer = [-100] * (len(answer) - 1)
+    if span[0] <= 0 or example.gold is None:
+        return pointer
+    written = len(tokenizer.encode(f"<|answer|>{example.answer}").ids) - 1
+    length = span[1] - span[0] + 1
+    if written == length or example.answer != example.span and written > length:  # "Yes, " stands before the span
+        for j in range(length):
+            pointer[written - length + j] = span[0] + j
+    return pointer
 
 
 def collate(items: list[dict], pad: int, filler: int | None = None, multiple: int = 1) -> Batch:
@@ -293,6 +310,7 @@ def collate(items: list[dict], pad: int, filler: int | None = None, multiple: in
     answers = torch.full((len(items), answer_length), pad, dtype=torch.long)
     targets = torch.full((len(items), answer_length), -100, dtype=torch.long)
     span = torch.full((len(items), 2), -100, dtype=torch.long)
+    pointer = torch.full((len(items), answer_length), -100, dtype=torch.long)
     for i, item in enumerate(items):
         for j, ids in enumerate(item["blocks"]):
             blocks[i, j, : len(ids)] = torch.tensor(ids)
@@ -303,4 +321,6 @@ def collate(items: list[dict], pad: int, filler: int | None = None, multiple: in
         if item["span"][0] >= 0:
             base = item["gold"] * length if item["span"] != (0, 0) else 0
             span[i] = torch.tensor([base + item["span"][0], base + item["span"][1]])
-    return Batch(blocks, mask, answers, targets, span)
+        row = torch.tensor(item["pointer"])
+        pointer[i, : len(row)] = torch.where(row >= 0, row + item["gold"] * length, row)
+    return Batch(blocks, mask, answers, targets, span, pointer)

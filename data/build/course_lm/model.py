@@ -24,6 +24,8 @@ __all__ = ["ANSWER_POSITION", "Batch", "start_model", "forward_batch", "SPAN_LAY
 
 ANSWER_POSITION = 384
 SPAN_LAYER = 4  # the auxiliary span head reads the hidden states after this many layers
+#: layer: how many of its heads are taught to look at the token that comes next (the copying of an answer)
+POINTER_HEADS = {4: 3, 5: 2}
 MASKED = -3e4
 
 
@@ -36,6 +38,7 @@ class Batch:
         where none counts
     span : (examples, 2) int64, first and last position of the answer in the blocks laid end to end (0 = not there),
         -100 where unknown
+    pointer : (examples, answer tokens) int64, where in the blocks the next token stands, -100 where nowhere
     """
 
     blocks: torch.Tensor
@@ -43,9 +46,10 @@ class Batch:
     answers: torch.Tensor
     targets: torch.Tensor
     span: torch.Tensor
+    pointer: torch.Tensor
 
     def to(self, device: str) -> "Batch":
-        return Batch(*(getattr(self, f).to(device) for f in ("blocks", "block_mask", "answers", "targets", "span")))
+        return Batch(*(getattr(self, f).to(device) for f in ("blocks", "block_mask", "answers", "targets", "span", "pointer")))
 
 
 def start_model(minilm_state: dict[str, torch.Tensor], embeddings: torch.Tensor, special: dict[str, int],
@@ -121,12 +125,14 @@ def _weights(model: BertLMHeadModel, dtype: torch.dtype) -> dict[str, torch.Tens
 
 def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = torch.bfloat16,
                   span_head: nn.Linear | None = None, dropout: float = 0.0):
-    """Logits of the answer tokens that count, and the span head's scores.
+    """Logits of the answer tokens that count, the span head's scores and the pointer loss.
 
     Returns
     -------
     logits : (number of targets that are not -100, vocabulary)
     span_scores : (examples, n·block tokens, 2) or None
+    pointer_loss : scalar, mean negative log of the attention that the taught heads pay to the next token; 0 without
+        `span_head`
     """
     config, w = model.config, _weights(model, dtype)
     heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
@@ -157,7 +163,9 @@ def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = tor
         causal.expand(examples, 1, -1, -1)], -1)
 
     scale = 1 / math.sqrt(size)
-    span_scores = None
+    span_scores, pointer_loss = None, torch.zeros((), device=device)
+    pointed = batch.pointer != -100
+    teach = span_head is not None and bool(pointed.any())
     for layer in range(config.num_hidden_layers):
         p = f"bert.encoder.layer.{layer}."
         a = p + "attention.self."
@@ -176,7 +184,14 @@ def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = tor
                 blocks = blocks.view(examples, n, heads, length, size).transpose(1, 2)
             return torch.cat([blocks.reshape(examples * heads, n * length, size), own], 1)
 
-        written = _Attention.apply(qa, beside(k, ka), beside(v, va), answer_bias, heads)
+        keys = beside(k, ka)
+        written = _Attention.apply(qa, keys, beside(v, va), answer_bias, heads)
+        if teach and layer in POINTER_HEADS:
+            few = POINTER_HEADS[layer]
+            seen = torch.matmul(qa.view(examples, heads, answer_length, size)[:, :few],
+                                keys.view(examples, heads, -1, size)[:, :few].transpose(2, 3)) + answer_bias
+            seen = seen.transpose(1, 2)[pointed].float().log_softmax(-1)  # (pointed tokens, few, keys)
+            pointer_loss = pointer_loss - seen.gather(2, batch.pointer[pointed][:, None, None].expand(-1, few, 1)).mean()
         mixed = torch.cat([
             read.view(rows, heads, length, size).transpose(1, 2).reshape(cut, -1),
             written.view(examples, heads, answer_length, size).transpose(1, 2).reshape(examples * answer_length, -1)])
@@ -201,4 +216,4 @@ def forward_batch(model: BertLMHeadModel, batch: Batch, dtype: torch.dtype = tor
     x = F.gelu(F.linear(x, w[t + "dense.weight"], w[t + "dense.bias"]))
     x = F.layer_norm(x, (config.hidden_size,), w[t + "LayerNorm.weight"], w[t + "LayerNorm.bias"], eps)
     logits = F.linear(x, w["bert.embeddings.word_embeddings.weight"], w["cls.predictions.bias"])
-    return logits, span_scores
+    return logits, span_scores, pointer_loss

@@ -364,7 +364,7 @@ class ProceduralGenerator:
     def example(self, rng: random.Random, passages: int = 1, unanswerable: float = 0.1) -> Example:
         """One example: look-up, reverse, yes/no, two dated versions, or a minimal-pair negative."""
         kind = rng.random()
-        if kind < 0.14 and passages >= 2:
+        if kind < 0.25 and passages >= 2:
             return self.versions(rng, passages)
         small = passages > 2
         groups = [self.facts(rng, rng.randint(1, 2 if small else 3), rng.randint(1, 2 if small else 3))

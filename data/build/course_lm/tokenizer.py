@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
     "{%- set question = (messages | selectattr('role', 'equalto', 'user') | list | last).content -%}"
     "{%- if documents -%}{%- for document in documents -%}"
     "<|question|>{{ question }}<|document|>[{{ loop.index }}] "
-    "{%- if document.title %} {{ document.title }}\n{%- else %} {% endif -%}{{ document.text }}"
+    "{{ (document.title + '\\n' if document.title else '') + document.text }}"
     "{%- endfor -%}{%- else -%}<|question|>{{ question }}{%- endif -%}"
     "{%- if add_generation_prompt -%}<|answer|>{%- endif -%}"
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 _MALLOC = {"MALLOC_TOP_PAD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296",
            "MALLOC_TRIM_THRESHOLD_": "68719476736", "MALLOC_ARENA_MAX": "1",
            # and keep every kernel that was made for a shape
-           "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "20000"}
+           "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
 
 import torch
 from torch import nn
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=9000, help="block tokens a step (times 4 on a GPU)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--span-weight", type=float, default=0.3)
+    parser.add_argument("--pointer-weight", type=float, default=0.3)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--evaluate-every", type=int, default=20_000)
     parser.add_argument("--save-minutes", type=float, default=4.0)
@@ -224,7 +225,7 @@ def main() -> None:
     stream = Stream(args.work, tokenizer_file, args.seed, pool_index, args.questions, args.budget, special["pad"], newline)
     loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=24))
     started = last_save = last_print = time.time()
-    window: list[tuple[float, float, int, int]] = []
+    window: list[tuple[float, float, int, int, float]] = []
     next_evaluation = (seen // args.evaluate_every + 1) * args.evaluate_every
 
     def evaluate() -> None:
@@ -248,11 +249,11 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(device)
-        logits, span_scores = forward_batch(model, batch, torch.bfloat16, span_head, args.dropout)
+        logits, span_scores, pointer_loss = forward_batch(model, batch, torch.bfloat16, span_head, args.dropout)
         loss = F.cross_entropy(logits.float(), batch.targets[batch.targets != -100])
         span_loss = sum(F.cross_entropy(span_scores[..., i], batch.span[:, i], ignore_index=-100) for i in (0, 1)) / 2 \
             if (batch.span >= 0).any() else loss.detach() * 0
-        (loss + args.span_weight * span_loss).backward()
+        (loss + args.span_weight * span_loss + args.pointer_weight * pointer_loss).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for parameter in parameters:
             if parameter.grad is None:
@@ -263,12 +264,13 @@ def main() -> None:
         seen += count
         pool_index = next_pool
         tokens_seen += batch.blocks.numel() + batch.answers.numel()
-        window.append((loss.item(), float(span_loss.detach()), count, batch.blocks.numel()))
+        window.append((loss.item(), float(span_loss.detach()), count, batch.blocks.numel(), float(pointer_loss.detach())))
         now = time.time()
         if now - last_print > 30:
             took, total = now - last_print, sum(w[2] for w in window)
             print(f"{seen} questions, step {steps}, loss {sum(w[0] * w[2] for w in window) / total:.3f}, "
-                  f"span {sum(w[1] * w[2] for w in window) / total:.3f}, lr {rate:.1e}, {total / took:.0f} questions/s, "
+                  f"span {sum(w[1] * w[2] for w in window) / total:.3f}, "
+                  f"pointer {sum(w[4] * w[2] for w in window) / total:.3f}, lr {rate:.1e}, {total / took:.0f} questions/s, "
                   f"{sum(w[3] for w in window) / took:.0f} tokens/s, {(spent + now - started) / 60:.0f} min", flush=True)
             window, last_print = [], now
         if now - last_save > 60 * args.save_minutes:
