@@ -156,9 +156,12 @@ def prompt_text(example: Example) -> str:
 
 def summary(outcomes: list[Outcome], resamples: int = 2000, seed: int = 0) -> dict[str, float]:
     """Rates in per cent with 95 % bootstrap intervals over passages (or single questions where there are none)."""
-    groups = Counter(o.example.kind if o.example.passages else str(i) for i, o in enumerate(outcomes))
-    keys = {k: i for i, k in enumerate(groups)}
-    member = np.array([keys[o.example.kind if o.example.passages else str(i)] for i, o in enumerate(outcomes)])
+    def group(i: int, o: Outcome) -> str:  # the natural sets carry their passage's id as kind
+        return o.example.kind if o.example.passages and not o.example.kind.startswith("procedural") else str(i)
+
+    names = [group(i, o) for i, o in enumerate(outcomes)]
+    keys = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    member = np.array([keys[name] for name in names])
     rng = np.random.default_rng(seed)
     figures: dict[str, float] = {"n": len(outcomes)}
     right = [o for o in outcomes if o.exact and o.example.gold is not None]
@@ -169,8 +172,8 @@ def summary(outcomes: list[Outcome], resamples: int = 2000, seed: int = 0) -> di
         sums, counts = np.bincount(member, v, len(keys)), np.bincount(member, minlength=len(keys))
         draws = rng.integers(0, len(keys), (resamples, len(keys)))
         boot = sums[draws].sum(1) / counts[draws].sum(1)
-        figures[name] = round(100 * v.mean(), 1)
-        figures[f"{name}_low"], figures[f"{name}_high"] = (round(100 * x, 1) for x in np.percentile(boot, [2.5, 97.5]))
+        figures[name] = round(100 * float(v.mean()), 1)
+        figures[f"{name}_low"], figures[f"{name}_high"] = (round(100 * float(x), 1) for x in np.percentile(boot, [2.5, 97.5]))
     if right:
-        figures["citation_right_when_right"] = round(100 * np.mean([o.cited == o.example.gold + 1 for o in right]), 1)
+        figures["citation_right_when_right"] = round(100 * float(np.mean([o.cited == o.example.gold + 1 for o in right])), 1)
     return figures

@@ -59,7 +59,7 @@ def export_weights(work: Path, folder: Path = FOLDER) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), pad_token="<|pad|>", bos_token="<|answer|>", eos_token="<|end|>",
         unk_token="<|pad|>", additional_special_tokens=["<|question|>", "<|document|>"], clean_up_tokenization_spaces=False,
-        model_max_length=384)
+        model_max_length=1 << 20)
     tokenizer.chat_template = CHAT_TEMPLATE
     special = {"pad": tokenizer.pad_token_id, "answer": tokenizer.bos_token_id, "end": tokenizer.eos_token_id}
     model = start_model(load_file(minilm_folder() / "model.safetensors"), state["bert.embeddings.word_embeddings.weight"],
@@ -126,7 +126,7 @@ def speed(llm: CourseLM, passages, seed: int = 0) -> dict[str, float]:
     rng = random.Random(seed)
     prompts = []
     while len(prompts) < 32:
-        example = natural_set([rng.choice(passages)], rng, 2, 1, pool=passages)[0]
+        example = rng.choice(natural_set([rng.choice(passages)], rng, 1, pool=passages))
         prompt = prompt_text(example)
         if 370 <= llm.count_tokens(prompt) <= 430:
             prompts.append(prompt)

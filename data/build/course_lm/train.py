@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--evaluate-every", type=int, default=20_000)
     parser.add_argument("--save-minutes", type=float, default=4.0)
+    parser.add_argument("--start", type=Path, help="folder of a CourseLM (data/course_lm) to go on from when --work has no "
+                        "checkpoint; the optimizer starts afresh")
     parser.add_argument("--minutes", type=float, default=0, help="stop after so many minutes (0: no limit)")
     args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in _MALLOC.items()):
@@ -167,7 +169,6 @@ def main() -> None:
     if device == "cuda":
         args.budget *= 4
 
-    from safetensors import safe_open
     from safetensors.torch import load_file
 
     tokenizer_file = args.work / "tokenizer.json"
@@ -178,12 +179,22 @@ def main() -> None:
 
         tokenizer, origins = Tokenizer.from_file(str(tokenizer_file)), None
         embeddings = torch.zeros(tokenizer.get_vocab_size(), 384)
-    if not state_file.exists():
+    if args.start and not state_file.exists():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+        tokenizer.save(str(tokenizer_file))
+        embeddings = torch.zeros(tokenizer.get_vocab_size(), 384)
+    elif not state_file.exists():
         tokenizer, origins = build_tokenizer(minilm_folder() / "tokenizer.json", corpus_words())
         tokenizer.save(str(tokenizer_file))
         embeddings = torch.tensor(start_embeddings(minilm["embeddings.word_embeddings.weight"].numpy(), origins))
     special = {k: tokenizer.token_to_id(f"<|{k}|>") for k in ("pad", "answer", "end")}
     model = start_model(minilm, embeddings, special, args.seed).to(device)
+    if args.start and not state_file.exists():
+        shipped = {k: v.float() for file in sorted(args.start.glob("*.safetensors")) for k, v in load_file(file).items()}
+        model.load_state_dict(shipped, strict=False)
+        print(f"starting from the weights in {args.start}", flush=True)
     span_head = nn.Linear(384, 2).to(device)
     parameters = list(model.parameters()) + list(span_head.parameters())
     names = [n for n, _ in model.named_parameters()] + ["span.weight", "span.bias"]
