@@ -87,7 +87,9 @@ if settings.offline:
     for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ.setdefault(_name, "1")
 for _name, _value in {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
-                      "OMP_NUM_THREADS": str(settings.threads)}.items():
+                      "OMP_NUM_THREADS": str(settings.threads),
+                      # waiting threads sleep instead of spinning: beside another busy program spinning costs minutes
+                      "OMP_WAIT_POLICY": "passive"}.items():
     os.environ.setdefault(_name, _value)
 
 # torch and faiss each bring an OpenMP runtime: torch first, then faiss with the same number of threads
