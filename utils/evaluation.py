@@ -78,9 +78,10 @@ def load_facts(snapshot: str, folder: Path = DATA / "questions") -> dict[str, Fa
     for row in read_jsonl(folder / "facts.jsonl"):
         for version in row["versions"]:
             if version["snapshot"] == snapshot:
+                first = version["value"] == row["versions"][0]["value"]  # `also` holds other forms of the first value
                 facts[row["id"]] = Fact(row["id"], row["entity"], row["attribute"], version["value"], version["document"],
-                                        version["evidence"], tuple(row["also"]), row["asked"], row["changed"],
-                                        row["superseded"], row["access_group"])
+                                        version["evidence"], tuple(row["also"]) if first else (), row["asked"],
+                                        row["changed"], row["superseded"], row["access_group"])
     if not facts:
         raise ValueError(f"no fact holds in snapshot '{snapshot}'; expected one of the folders of data/knowledge_base")
     return facts

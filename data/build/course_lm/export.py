@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -80,6 +81,11 @@ def export_weights(work: Path, folder: Path = FOLDER) -> None:
     for file in temporary.iterdir():
         os.replace(file, folder / file.name)
     temporary.rmdir()
+    names = sorted(f.name for f in folder.iterdir() if f.suffix in (".safetensors", ".json", ".jinja")
+                   and f.name != "figures.json")
+    sums = "".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
+    (folder / "SHA256SUMS.part").write_text(sums, encoding="utf-8")
+    os.replace(folder / "SHA256SUMS.part", folder / "SHA256SUMS")
     print(f"wrote {folder}: " + ", ".join(f"{f.name} {f.stat().st_size / 1e6:.1f} MB" for f in sorted(folder.iterdir())))
 
 
