@@ -195,6 +195,7 @@ def execute(notebook: Path, copy: Path, on_cell=lambda done, cells: None) -> int
             on_cell(at, len(code))
 
     client = NotebookClient(book, timeout=None, kernel_name="python3", on_cell_start=started,
+                            extra_arguments=["--IPKernelApp.log_level=40"],  # errors only: no notes amid the progress
                             resources={"metadata": {"path": str(notebook.parent)}})
     try:
         client.execute()

@@ -292,8 +292,7 @@ def course_lm_finding(folder: Path) -> Finding:
     if settings.llm != "course-lm":
         return Finding("CourseLM", f"not asked for (COURSE_LLM is {settings.llm})")
     if not sums.exists():
-        return Finding("CourseLM", "data/course_lm/SHA256SUMS is missing: notebooks that generate answers may not run",
-                       NOTE, remedy)
+        return Finding("CourseLM", "data/course_lm/SHA256SUMS is missing", MEND, remedy)
     wrong = []
     for line in sums.read_text(encoding="utf-8").splitlines():
         digest, name = line.split(maxsplit=1)
