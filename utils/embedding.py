@@ -102,19 +102,19 @@ class CourseEmbedding(BaseEmbedding):
 
     model_name: str = Field(default="minilm")
     precision: str = Field(default="auto")
-    batch_size: int = Field(default=64)
+    batch_size: int = Field(default=32)
     progress: bool = Field(default=True)
     _model: Any = PrivateAttr()
     _cache: Any = PrivateAttr()
 
-    def __init__(self, name: str | None = None, precision: str = "auto", cache: bool = True, batch_size: int = 64,
+    def __init__(self, name: str | None = None, precision: str = "auto", cache: bool = True, batch_size: int = 32,
                  progress: bool = True, **kwargs: Any):
         if precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is '{precision}'; it must be 'auto', 'float32' or 'bfloat16'")
         from sentence_transformers import SentenceTransformer
 
         super().__init__(model_name=name or settings.embedder, precision=precision, batch_size=batch_size,
-                         progress=progress, **kwargs)
+                         progress=progress, embed_batch_size=2048, **kwargs)  # LlamaIndex's 10 would undo the sorting
         folder = embedder_folder(name)
         transformers_logging.disable_progress_bar()
         self._model = SentenceTransformer(folder, device="cuda" if torch.cuda.is_available() else "cpu",

@@ -53,8 +53,9 @@ def build_index(nodes: Sequence[BaseNode], embedder: BaseEmbedding, store: Faiss
     """Embed the chunks and put them into a FAISS store; returns the LlamaIndex index on top of it."""
     nodes = list(nodes)
     texts = [n.get_content(MetadataMode.EMBED) for n in nodes]
-    for node, vector in zip(nodes, embedder.get_text_embedding_batch(texts)):
-        node.embedding = vector
+    vectors = embedder.encode(texts) if hasattr(embedder, "encode") else embedder.get_text_embedding_batch(texts)
+    for node, vector in zip(nodes, vectors):
+        node.embedding = list(map(float, vector))
     if store is None:
         store = FaissStore(dimension=len(nodes[0].embedding))
     store.add(nodes)
