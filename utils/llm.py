@@ -134,13 +134,14 @@ class LanguageModel(ABC):
 
 
 # -- CourseLM -----------------------------------------------------------------------------------------------------------
-def prefix_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, torch.Tensor]:
+def prefix_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str], left: bool = False) -> dict[str, torch.Tensor]:
     """Rows for `BertLMHeadModel`: prompts read block by block, answers written from left to right.
 
     Parameters
     ----------
     prompts : as `CourseLM.prompt` writes them, ending in <|answer|>.
     answers : the texts to learn or to score, without <|end|>.
+    left : pad on the left, so that all answers end in the last column; logits are then needed for few columns only.
 
     Returns
     -------
@@ -158,15 +159,16 @@ def prefix_batch(tokenizer: Any, prompts: Sequence[str], answers: Sequence[str])
     positions = torch.zeros(len(rows), length, dtype=torch.long)
     block = torch.full((len(rows), length), -1)  # 1, 2, … in the blocks, 0 in the answer, -1 in the padding
     for i, (row, end) in enumerate(zip(rows, ends)):
-        tokens = torch.tensor(row + end)
-        ids[i, : len(tokens)] = tokens
-        labels[i, len(row): len(tokens)] = torch.tensor(end)
-        starts = [j for j, t in enumerate(row) if t == special["question"]]
-        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], len(row) - 1]), 1):
+        at = length - len(row) - len(end) if left else 0
+        stop_row = at + len(row) + len(end)
+        ids[i, at: stop_row] = torch.tensor(row + end)
+        labels[i, at + len(row): stop_row] = torch.tensor(end)
+        starts = [at + j for j, t in enumerate(row) if t == special["question"]]
+        for number, (start, stop) in enumerate(zip(starts, [*starts[1:], at + len(row) - 1]), 1):
             block[i, start:stop] = number
             positions[i, start:stop] = torch.arange(stop - start)
-        block[i, len(row) - 1: len(tokens)] = 0
-        positions[i, len(row) - 1: len(tokens)] = ANSWER_POSITION + torch.arange(len(end) + 1)
+        block[i, at + len(row) - 1: stop_row] = 0
+        positions[i, at + len(row) - 1: stop_row] = ANSWER_POSITION + torch.arange(len(end) + 1)
     same = block[:, :, None] == block[:, None, :]
     order = torch.arange(length)
     answer = block[:, :, None] == 0

@@ -23,7 +23,7 @@ from IPython.display import Markdown, display
 
 from .settings import DATA, WORK, banner, settings
 
-__all__ = ["Table", "checkpoint", "frame", "load_results", "record", "say", "show_table"]
+__all__ = ["Table", "checkpoint", "experiment", "frame", "load_results", "record", "say", "show_table"]
 
 _LESSON = re.compile(r"\d\d_[a-z0-9_]+")
 _PACKAGES = ("torch", "transformers", "peft", "sentence-transformers", "faiss-cpu", "llama-index-core", "numpy")
@@ -216,3 +216,16 @@ def checkpoint(question: str, choices: Mapping[str, str]) -> None:
                    f"<p style='margin:2px 0 6px 1.2em'>{html.escape(why)}</p></details>" for choice, why in choices.items())
     text = "\n".join([question, *(f"  ( ) {choice}: {why}" for choice, why in choices.items())])
     display({"text/html": f"<div><b>{html.escape(question)}</b>{rows}</div>", "text/plain": text}, raw=True)
+
+
+def experiment(name: str) -> pd.DataFrame:
+    """A table that `python -m data.build.experiments` measured (several training seeds, minutes of work), from
+    data/experiments; its banner is in `.attrs["banner"]`. Raises FileNotFoundError with the remedy."""
+    path = DATA / "experiments" / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing. It is part of the repository (git checkout -- data/experiments) and is made "
+                                "anew by: python course.py results")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    table = pd.DataFrame(content["rows"], columns=content["columns"])
+    table.attrs.update(banner=content["banner"], seeds=content["seeds"])
+    return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import bm25s
 import numpy as np
@@ -15,9 +16,12 @@ from llama_index.core.retrievers import QueryFusionRetriever, VectorIndexRetriev
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 from tqdm.auto import tqdm
 
+from .corpus import Corpus, load_folder, make_splitter, snapshot_folder
+from .embedding import CourseEmbedding
 from .vector_store import FaissStore
 
-__all__ = ["KeywordRetriever", "HybridRetriever", "dense_retriever", "plain_fusion_retriever", "build_index", "fuse", "rank_all", "brute_force"]
+__all__ = ["KeywordRetriever", "HybridRetriever", "SearchEngine", "dense_retriever", "plain_fusion_retriever", "build_index",
+           "fuse", "rank_all", "brute_force", "search_engine"]
 
 
 class KeywordRetriever(BaseRetriever):
@@ -129,3 +133,29 @@ def brute_force(question_vectors: np.ndarray, chunk_vectors: np.ndarray, top_k: 
     part = np.argpartition(-scores, top_k - 1, axis=1)[:, :top_k]
     order = np.argsort(-np.take_along_axis(scores, part, 1), axis=1, kind="stable")
     return np.take_along_axis(part, order, 1)
+
+
+@dataclass(frozen=True)
+class SearchEngine:
+    """A searchable snapshot: its documents, chunks and the three retrievers of lesson 01."""
+
+    corpus: Corpus
+    nodes: list[BaseNode]
+    index: VectorStoreIndex
+    keyword: KeywordRetriever
+    dense: VectorIndexRetriever
+    hybrid: HybridRetriever
+
+
+def search_engine(snapshot: str, embedder: CourseEmbedding | None = None, chunk_size: int = 128, chunk_overlap: int = 32,
+                  depth: int = 50, top_k: int = 20) -> SearchEngine:
+    """Load, cut and index a snapshot ("2026-04-01" or "2026-10-01"), as lesson 01 does by hand.
+
+    depth : chunks that each of the two retrievers hands to the hybrid one, which returns `top_k`.
+    """
+    embedder = embedder or CourseEmbedding()
+    corpus = load_folder(snapshot_folder(snapshot))
+    nodes = make_splitter(chunk_size, chunk_overlap, embedder.count_tokens).get_nodes_from_documents(corpus.documents)
+    index = build_index(nodes, embedder)
+    keyword, dense = KeywordRetriever(nodes, top_k=depth), dense_retriever(index, top_k=depth)
+    return SearchEngine(corpus, nodes, index, keyword, dense, HybridRetriever(keyword, dense, top_k=top_k))

@@ -283,6 +283,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=WORK / "course_lm")
     parser.add_argument("--split", default="test", choices=["test", "development"])
     parser.add_argument("--size", type=int, default=800, help="questions of each natural set")
+    parser.add_argument("--further", action="store_true", help="--work is a run that began with --start data/course_lm: add its "
+                        "counts to those on the card")
     parser.add_argument("--no-measure", action="store_true")
     parser.add_argument("--card-only", action="store_true")
     parser.add_argument("--lora", type=Path, help="figures written by lora_check --json")
@@ -300,10 +302,12 @@ def main() -> None:
         train = load_split("train")
         count = sum(p.numel() for p in model.parameters())
         words = [len(p.text.split()) for p in train]
+        earlier = data.get("training", {}) if args.further else {}
         data["training"] = {
-            "seen": meta["seen"], "tokens": meta["tokens"], "hours": round(meta["seconds"] / 3600, 2),
+            "seen": meta["seen"] + earlier.get("seen", 0), "tokens": meta["tokens"] + earlier.get("tokens", 0),
+            "hours": round(meta["seconds"] / 3600 + earlier.get("hours", 0), 2),
             "hardware": f"{settings.threads} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(0),
-            "exaflop": f"{6 * (count - 384 * model.config.vocab_size) * meta['tokens']:.1e}", "parameters": count,
+            "exaflop": f"{6 * (count - 384 * model.config.vocab_size) * (meta['tokens'] + earlier.get('tokens', 0)):.1e}", "parameters": count,
             "vocabulary": model.config.vocab_size, "passages": len(train), "questions": sum(len(p.questions) for p in train),
             "words_low": min(words), "words_high": max(words)}
     if args.lora:

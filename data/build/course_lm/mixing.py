@@ -31,6 +31,7 @@ class Stage:
     passages: tuple[float, ...] = (0.6, 0.18, 0.1, 0.06, 0.06)  # probability of 1, 2, … passages
     injected: float = 0.05
     versions: float = 0.06
+    drill: float = 0.0  # of the procedural examples: two dated versions, whatever the number of passages drawn
 
     @staticmethod
     def at(progress: float) -> "Stage":
@@ -43,6 +44,12 @@ class Stage:
                      passages=tuple((1 - early) * p + early * q for p, q in
                                     zip((0.62, 0.17, 0.10, 0.06, 0.05), (0.85, 0.15, 0, 0, 0))),
                      injected=0.05 * (1 - early), versions=0.07 * (1 - early) + 0.08 * late)
+
+    @staticmethod
+    def further() -> "Stage":
+        """The one mixture of a run that goes on from shipped weights: more natural passages, strangers and versions."""
+        return Stage(procedural=0.22, facts=0.30, closed_unknown=0.05, unanswerable=0.26,
+                     passages=(0.58, 0.2, 0.11, 0.06, 0.05), injected=0.05, versions=0.15, drill=0.25)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -96,7 +103,8 @@ class Mixer:
             return self.closed_unknown(rng)
         n = rng.choices(range(1, len(stage.passages) + 1), stage.passages)[0]
         if kind < stage.facts + stage.closed_unknown + stage.procedural:
-            example = self.generator.example(rng, n, stage.unanswerable)
+            example = self.generator.versions(rng, max(n, 2)) if rng.random() < stage.drill \
+                else self.generator.example(rng, n, stage.unanswerable)
         else:
             example = self.natural(rng, n, stage)
         if rng.random() < stage.injected:
@@ -150,10 +158,10 @@ class Mixer:
 
     def natural_unanswerable(self, rng, n, passage, question, answer) -> Example:
         kind = rng.random()
-        if kind < 0.5 and passage.unanswerable:  # the passage's own tempting question
+        if kind < 0.45 and passage.unanswerable:  # the passage's own tempting question
             question = rng.choice(passage.unanswerable)
             title, text, question = substitute([passage.title, passage.text, question], self.pool, rng)
-        elif kind < 0.8:  # minimal pair: only the gold sentence is gone
+        elif kind < 0.72:  # minimal pair: only the gold sentence is gone
             title, text, question, answer = substitute([passage.title, passage.text, question, answer], self.pool, rng)
             cut = without_gold_sentence(text, _span_of(answer, text) or answer)
             if cut is None:

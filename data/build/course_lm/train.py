@@ -72,7 +72,8 @@ class Stream(torch.utils.data.IterableDataset):
     """Micro-batches, pool after pool. Pool i depends only on seed and i, so a run can go on anywhere."""
 
     def __init__(self, work: Path, tokenizer_file: Path, seed: int, start: int, total: int, budget: int, pad: int,
-                 filler: int):
+                 filler: int, further: bool = False):
+        self.further = further
         self.work, self.tokenizer_file, self.seed, self.start = work, tokenizer_file, seed, start
         self.total, self.budget, self.pad, self.filler = total, budget, pad, filler
 
@@ -86,7 +87,7 @@ class Stream(torch.utils.data.IterableDataset):
         bins: dict[tuple[int, int], list[dict]] = {}
         for index in range(self.start, math.ceil(self.total / POOL)):
             rng = random.Random(f"{self.seed}-{index}")
-            stage = Stage.at(index * POOL / self.total)
+            stage = Stage.further() if self.further else Stage.at(index * POOL / self.total)
             for item in encode([mixer.draw(stage, rng) for _ in range(POOL)], tokenizer):
                 n, length = len(item["blocks"]), 16 * math.ceil(max(map(len, item["blocks"])) / 16)
                 size = max(1, min(self.budget // (n * length), 128))
@@ -157,7 +158,8 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--start", type=Path, help="folder of a CourseLM (data/course_lm) to go on from when --work has no "
                         "checkpoint; the optimizer starts afresh")
-    parser.add_argument("--minutes", type=float, default=0, help="stop after so many minutes (0: no limit)")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after so many minutes, with the learning rate down by "
+                        "then (0: no limit)")
     args = parser.parse_args()
     if any(os.environ.get(k) != v for k, v in _MALLOC.items()):
         import sys
@@ -233,7 +235,8 @@ def main() -> None:
     _, _, held_out = build_sources(args.work)
     evaluator = Evaluator(held_out)
     newline = tokenizer.token_to_id("Ċ")
-    stream = Stream(args.work, tokenizer_file, args.seed, pool_index, args.questions, args.budget, special["pad"], newline)
+    stream = Stream(args.work, tokenizer_file, args.seed, pool_index, args.questions, args.budget, special["pad"], newline,
+                    further=args.start is not None)
     loader = iter(torch.utils.data.DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=24))
     started = last_save = last_print = time.time()
     window: list[tuple[float, float, int, int, float]] = []
@@ -256,7 +259,10 @@ def main() -> None:
         model.train()
 
     for next_pool, count, batch in loader:
-        rate = learning_rate(seen / args.questions, args.peak, 0.01)
+        progress = seen / args.questions
+        if args.minutes:
+            progress = max(progress, (time.time() - started) / 60 / args.minutes)
+        rate = learning_rate(progress, args.peak, 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(device)
