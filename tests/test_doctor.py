@@ -26,6 +26,15 @@ def test_the_python_versions(version, verdict):
     assert doctor.python_finding(version).verdict == verdict
 
 
+def test_a_fitting_python_is_named_without_folders_of_this_machine_an_unfit_one_in_full(monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(doctor.ROOT / ".venv" / "bin" / "python"))
+    assert doctor.python_finding((3, 12)).found == "3.12 (.venv/bin/python)"
+    elsewhere = str(doctor.ROOT.parent / "elsewhere" / "python3")
+    monkeypatch.setattr(sys, "executable", elsewhere)
+    assert doctor.python_finding((3, 12)).found == "3.12 (not the course's own .venv)"
+    assert elsewhere in doctor.python_finding((3, 10)).found
+
+
 def test_packages_that_are_missing_or_other_than_tested_are_named(tmp_path):
     pins = tmp_path / "requirements.txt"
     pins.write_text(f"# a comment\npytest=={pytest.__version__}  # a licence\n")

@@ -132,7 +132,9 @@ def python_finding(version: Sequence[int]) -> Finding:
     low, high = (".".join(map(str, v)) for v in PYTHONS)
     found = f"{'.'.join(map(str, version))} at {sys.executable}"
     if PYTHONS[0] <= tuple(version[:2]) <= PYTHONS[1]:
-        return Finding("Python", found)
+        inside = Path(sys.executable).is_relative_to(ROOT)  # a table in a committed notebook names no folder of a machine
+        place = Path(sys.executable).relative_to(ROOT).as_posix() if inside else "not the course's own .venv"
+        return Finding("Python", f"{'.'.join(map(str, version))} ({place})")
     return Finding("Python", found, MEND, f"Install a Python from {low} to {high}, then run {SETUP} with it.")
 
 

@@ -139,6 +139,11 @@ class CourseEmbedding(BaseEmbedding):
         """Longest text in tokens that the embedder reads; the rest is cut off."""
         return int(self._model.max_seq_length)
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the model."""
+        return sum(p.numel() for p in self._model.parameters())
+
     def count_tokens(self, text: str) -> int:
         """Number of word pieces of `text`, without the two marks at its ends."""
         return len(self._model.tokenizer.encode(text, add_special_tokens=False, verbose=False))

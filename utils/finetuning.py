@@ -293,15 +293,18 @@ def answer_nll(llm: LanguageModel, pairs: Sequence[Pair], batch: int = 32) -> fl
     return total / count
 
 
+@torch.no_grad()
 def update_norms(model: PeftModel) -> pd.DataFrame:
-    """How far each adapted matrix moved: rows `layer`, `module`, `update` = ‖ΔW‖ / ‖W‖ (Frobenius norms)."""
+    """How far each adapted matrix moved: columns `layer` (-1 outside the layers), `module` (its name within the layer) and
+    `update` = ‖ΔW‖ / ‖W‖ (Frobenius norms)."""
     rows = []
     for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight") and model.active_adapter in getattr(module, "lora_A", {}):
             delta, weight = module.get_delta_weight(model.active_adapter).float(), module.get_base_layer().weight.float()
             parts = name.split(".")
-            layer = next((int(p) for p in parts if p.isdigit()), -1)
-            rows.append((layer, ".".join(parts[-2:]), float(delta.norm() / weight.norm())))
+            at = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+            layer, inside = (-1, parts[-2:]) if at is None else (int(parts[at]), parts[at + 1:])
+            rows.append((layer, ".".join(inside), float(delta.norm() / weight.norm())))
     return pd.DataFrame(rows, columns=["layer", "module", "update"])
 
 
@@ -372,8 +375,9 @@ def tuned(name: str, pairs: Sequence[Pair], recipe: Recipe, label: str = "") -> 
 
 
 def keep(llm: LanguageModel, folder: Path, history: pd.DataFrame) -> Path:
-    """Save the adapter and beside it training.json: seconds, tokens and steps of its training."""
+    """Save the adapter and beside it history.csv and, last, training.json: seconds, tokens and steps of its training."""
     save_adapter(llm, folder)
+    history.to_csv(folder / "history.csv", index=False)
     last = history.iloc[-1]
     text = json.dumps({"seconds": round(float(last.seconds), 1), "tokens": int(last.tokens), "steps": int(last.step)})
     part = folder / "training.json.part"

@@ -319,8 +319,11 @@ class CourseLM(LanguageModel):
         return [Generation(*row) for row in generate_prefix_lm(self.model, self.tokenizer, prompts, max_new_tokens)]
 
 
-def _harmless(text: str) -> str:
-    return text.replace("<|", "< |")
+def _harmless(text: str, tokens: Sequence[str] = ()) -> str:
+    """`text` with everything broken up that a tokenizer would take for one of its special tokens."""
+    for token in ("<|", *tokens):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
 
 
 # -- any model of transformers ------------------------------------------------------------------------------------------
@@ -363,7 +366,13 @@ class TransformersModel(LanguageModel):
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def prompt(self, question: str, passages: Sequence[Passage] = ()) -> str:
-        """Instruction, numbered passages and question in the model's own chat template (plain where it has none)."""
+        """Instruction, numbered passages and question in the model's own chat template (plain where it has none).
+
+        Special tokens that stand in question or passages are made harmless first, as far as the tokenizer is known.
+        """
+        special = [str(t) for t in getattr(self.tokenizer, "added_tokens_decoder", {}).values() if t.special and len(str(t)) > 1]
+        question = _harmless(question, special)
+        passages = [Passage(_harmless(p.text, special), _harmless(p.title, special)) for p in passages]
         parts = [f"[{k}] {p.title}\n{p.text}" if p.title else f"[{k}] {p.text}" for k, p in enumerate(passages, 1)]
         content = "\n\n".join([_INSTRUCTION, *parts, f"Question: {question}"]) if passages else \
             f"Answer as briefly as possible. If you do not know, say exactly: {ABSTENTION}\n\nQuestion: {question}"

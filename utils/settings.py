@@ -34,7 +34,7 @@ MODES = ("replay", "tiny", "full")
 COLOURS = {
     "keyword": "#E69F00", "dense": "#0072B2", "hybrid": "#009E73",
     "base": "#999999", "RAG": "#0072B2", "fine-tuned": "#D55E00", "both": "#009E73",
-    "oracle": "#56B4E9", "shuffled": "#CC79A7",
+    "RAFT": "#E69F00", "oracle": "#56B4E9", "shuffled": "#CC79A7",
 }
 
 

@@ -49,14 +49,20 @@ GATES = [  # name in figures, figure, floor, goal, sign, label
 ]
 
 
-def export_weights(work: Path, folder: Path = FOLDER) -> None:
-    """Save the chosen checkpoint as bfloat16 safetensors with everything that transformers needs beside it."""
+def export_weights(work: Path, folder: Path = FOLDER, average: bool = False) -> None:
+    """Save the chosen checkpoint as bfloat16 safetensors with everything that transformers needs beside it.
+
+    average : save the mean of these weights and those in the folder, from which the run started (Wortsman et al. 2022).
+    """
     source = work / "best.safetensors"
     if not source.exists():
         source = work / "checkpoint.safetensors"
     if not source.exists():
         raise FileNotFoundError(f"no checkpoint in {work}; train first: python -m data.build.course_lm.train")
     state = {k: v for k, v in load_file(source).items() if "/" not in k and not k.startswith("span.")}
+    if average:
+        shipped = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+        state = {k: (v.float() + shipped[k].float()) / 2 if k in shipped else v for k, v in state.items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), pad_token="<|pad|>", bos_token="<|answer|>", eos_token="<|end|>",
         unk_token="<|pad|>", additional_special_tokens=["<|question|>", "<|document|>"], clean_up_tokenization_spaces=False,
@@ -285,12 +291,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=800, help="questions of each natural set")
     parser.add_argument("--further", action="store_true", help="--work is a run that began with --start data/course_lm: add its "
                         "counts to those on the card")
+    parser.add_argument("--average", action="store_true", help="save the mean of the run's weights and the shipped ones")
+    parser.add_argument("--measure-only", action="store_true", help="measure the shipped weights")
     parser.add_argument("--no-measure", action="store_true")
     parser.add_argument("--card-only", action="store_true")
     parser.add_argument("--lora", type=Path, help="figures written by lora_check --json")
     args = parser.parse_args()
-    if not args.card_only:
-        export_weights(args.work)
+    if not args.card_only and not args.measure_only:
+        export_weights(args.work, average=args.average)
     if args.no_measure:
         return
     file = FOLDER / "figures.json"
