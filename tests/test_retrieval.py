@@ -75,7 +75,7 @@ def test_an_unknown_embedder_names_what_is_expected():
 
 def test_bfloat16_is_taken_only_where_rankings_agree(monkeypatch):
     monkeypatch.setattr(embedding_module, "_has_bfloat16", lambda: True)
-    monkeypatch.setattr(CourseEmbedding, "_rankings_agree", lambda self: False)
+    monkeypatch.setattr(CourseEmbedding, "_rankings_agree", lambda self, folder: False)
     assert CourseEmbedding(cache=False, progress=False).precision == "float32"
 
 

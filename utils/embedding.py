@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,12 +22,19 @@ from transformers.utils import logging as transformers_logging
 
 from .settings import WORK, settings
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer  # takes seconds to import, so only when a model is loaded
+
 __all__ = ["CourseEmbedding", "EmbedderMissing", "embedder_folder", "MINILM_SHA256"]
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _PROBES = ("how many days off do I get", "annual leave allowance", "the battery is charged overnight",
            "who approves travel costs", "a lift of 400 kg", "invoice payment term", "reset the password", "spare wheel",
            "the red lamp blinks twice", "pension contribution", "cold store at -20 degrees", "minutes of the board")
+
+
+#: part of the cache's keys: count it up when the same model would give other vectors than before
+_VERSION = 2
 
 
 class EmbedderMissing(RuntimeError):
@@ -86,10 +94,48 @@ class _Cache:
                                         [(key, vector.astype(np.float32).tobytes()) for key, vector in items.items()])
 
 
-class CourseEmbedding(BaseEmbedding):
-    """A sentence-transformers model for LlamaIndex: bfloat16 where it is safe, long batches, a cache on disk.
+def _load(folder: str) -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
 
-    Vectors have unit length, so that an inner product is the cosine.
+    transformers_logging.disable_progress_bar()
+    return SentenceTransformer(folder, device="cuda" if torch.cuda.is_available() else "cpu",
+                               local_files_only=settings.offline).eval()
+
+
+def _multiply_in_bfloat16(model: SentenceTransformer) -> SentenceTransformer:
+    """Let the linear layers, where nearly all time goes, take and multiply bfloat16 and give float32 again.
+
+    Sums of layers, attention, layer norms and pooling stay in float32. A whole model in bfloat16 is no quicker, and
+    rounds at every step: it ranks less like float32.
+    """
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(torch.bfloat16)
+            layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].bfloat16(),))
+            layer.register_forward_hook(lambda layer, inputs, output: output.float())
+    return model
+
+
+def _each_on_a_core(work: Callable[[torch.Tensor], None], batches: Sequence[torch.Tensor]) -> None:
+    """`work(batch)` for all batches. One batch on each core at a time: cores that share one wait for each other."""
+    threads = torch.get_num_threads()
+    if len(batches) < 2 or threads < 2 or torch.cuda.is_available():
+        for batch in batches:
+            work(batch)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(work, batches))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class CourseEmbedding(BaseEmbedding):
+    """A sentence-transformers model for LlamaIndex: quick on a CPU, with a cache on disk.
+
+    Three things make it quick: linear layers multiply in bfloat16 (everything else stays in float32), texts of about
+    the same number of tokens share a batch, and every core works on a batch of its own. Vectors have unit length, so
+    that an inner product is the cosine.
 
     Parameters
     ----------
@@ -97,32 +143,29 @@ class CourseEmbedding(BaseEmbedding):
     precision : "auto" takes bfloat16 where the CPU computes in it and a probe shows the same rankings as float32;
         "float32" and "bfloat16" insist.
     cache : keep vectors in `WORK/embeddings.sqlite`.
-    batch_size : texts a batch; texts are sorted by length first, so little is padded.
+    batch_size : texts a batch.
     """
 
     model_name: str = Field(default="minilm")
     precision: str = Field(default="auto")
-    batch_size: int = Field(default=32)
+    batch_size: int = Field(default=16)
     progress: bool = Field(default=True)
     _model: Any = PrivateAttr()
     _cache: Any = PrivateAttr()
 
-    def __init__(self, name: str | None = None, precision: str = "auto", cache: bool = True, batch_size: int = 32,
+    def __init__(self, name: str | None = None, precision: str = "auto", cache: bool = True, batch_size: int = 16,
                  progress: bool = True, **kwargs: Any):
         if precision not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"precision is '{precision}'; it must be 'auto', 'float32' or 'bfloat16'")
-        from sentence_transformers import SentenceTransformer
-
         super().__init__(model_name=name or settings.embedder, precision=precision, batch_size=batch_size,
                          progress=progress, embed_batch_size=2048, **kwargs)  # LlamaIndex's 10 would undo the sorting
         folder = embedder_folder(name)
-        transformers_logging.disable_progress_bar()
-        self._model = SentenceTransformer(folder, device="cuda" if torch.cuda.is_available() else "cpu",
-                                          local_files_only=settings.offline)
+        self._model = _load(folder)
         if precision == "auto":
-            self.precision = "bfloat16" if _has_bfloat16() and self._rankings_agree() else "float32"
-        self._model.to(torch.bfloat16 if self.precision == "bfloat16" else torch.float32)
-        fingerprint = f"{MINILM_SHA256 if (name or settings.embedder) == 'minilm' else folder}/{self.precision}"
+            self.precision = "bfloat16" if _has_bfloat16() and self._rankings_agree(folder) else "float32"
+        if self.precision == "bfloat16":
+            _multiply_in_bfloat16(self._model)
+        fingerprint = f"{MINILM_SHA256 if (name or settings.embedder) == 'minilm' else folder}/{self.precision}/{_VERSION}"
         self._cache = _Cache(WORK / "embeddings.sqlite", fingerprint) if cache else None
 
     @classmethod
@@ -164,30 +207,31 @@ class CourseEmbedding(BaseEmbedding):
         return np.stack([known[key] for key in keys]) if keys else np.zeros((0, self.dimension), np.float32)
 
     def _encode_now(self, texts: list[str], label: str) -> np.ndarray:
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        out = np.zeros((len(texts), self.dimension), np.float32)
+        model, out = self._model, np.zeros((len(texts), self.dimension), np.float32)
+        inputs = model.preprocess(texts, prompt=model.prompts.get(model.default_prompt_name))
+        lengths = inputs["attention_mask"].sum(dim=1)
+        batches = lengths.argsort(descending=True, stable=True).split(self.batch_size)
         bar = tqdm(total=len(texts), desc=label, unit="text", disable=not self.progress or len(texts) < 256, leave=False)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start: start + self.batch_size]
-            vectors = self._model.encode([texts[i] for i in part], batch_size=len(part), convert_to_tensor=True,
-                                         show_progress_bar=False).float()
-            out[part] = torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
-            bar.update(len(part))
-        bar.close()
+
+        @torch.inference_mode()
+        def embed(batch: torch.Tensor) -> None:
+            longest = int(lengths[batch].max())
+            used = slice(longest) if model.tokenizer.padding_side == "right" else slice(-longest, None)
+            part = {name: value[batch, used].to(model.device) for name, value in inputs.items() if torch.is_tensor(value)}
+            out[batch] = torch.nn.functional.normalize(model(part)["sentence_embedding"].float(), dim=1).cpu().numpy()
+            bar.update(len(batch))
+
+        with bar:
+            _each_on_a_core(embed, batches)
         return out
 
-    def _rankings_agree(self) -> bool:
+    def _rankings_agree(self, folder: str) -> bool:
         """Whether bfloat16 ranks the probe texts as float32 does (pairs closer than 0.01 aside)."""
-        exact = self._similarities(torch.float32)
-        rough = self._similarities(torch.bfloat16)
+        exact, rough = self._model, _multiply_in_bfloat16(_load(folder))
+        exact, rough = (v @ v.T for v in (m.encode(list(_PROBES), show_progress_bar=False, normalize_embeddings=True)
+                                          for m in (exact, rough)))
         clear = exact[:, :, None] - exact[:, None, :] > 0.01
         return bool((rough[:, :, None] >= rough[:, None, :])[clear].all())
-
-    def _similarities(self, dtype: torch.dtype) -> np.ndarray:
-        self._model.to(dtype)
-        vectors = self._model.encode(list(_PROBES), convert_to_tensor=True, show_progress_bar=False).float()
-        vectors = torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
-        return vectors @ vectors.T
 
     # what LlamaIndex calls
     def _get_query_embedding(self, query: str) -> list[float]:
