@@ -5,8 +5,7 @@
     python course.py lab        JupyterLab on the first notebook
     python course.py course     run every notebook from top to bottom; main table and .work/report.html at the end
     python course.py test       all tests: unit, property, and the notebooks' checked outputs
-    python course.py results    the experiments with three training seeds (an hour, once), then like course; writes
-                                data/experiments, data/adapters, data/results/results.json, the numbers in README.md
+    python course.py results    like course, then write data/results/results.json and the numbers in README.md
 
 With --here it installs nothing and uses the Python that runs it (a conda environment, for example). What follows `lab`
 or `test` is handed on to JupyterLab or pytest. After the installation no command needs a network.
@@ -406,10 +405,6 @@ def course(place: Place, publish: bool) -> int:
     print(checkup.brief(), flush=True)
     if not checkup.ok:
         return 1
-    if publish:
-        print("Experiments with several training seeds (done once, kept until data or recipes change) …", flush=True)
-        if subprocess.call([sys.executable, "-m", "data.build.experiments"], cwd=place.root, env=environment(place)):
-            raise Problem("The experiments stopped (see above). The same command goes on where they stopped.")
     run_lessons(place, reuse=publish, expected=checkup.expected_minutes, gflops=checkup.gflops)
     if publish:
         results, readme = collect(place), place.root / "README.md"

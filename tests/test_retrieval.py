@@ -56,6 +56,7 @@ def test_meaning_beats_words(embedder):
 
 def test_an_empty_list_is_no_error(embedder):
     assert embedder.encode([]).shape == (0, 384)
+    assert embedder._encode_now([], "none").shape == (0, 384)
     with pytest.raises(TypeError, match="list of texts"):
         embedder.encode("one text")
 

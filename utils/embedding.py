@@ -31,8 +31,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 _PROBES = ("how many days off do I get", "annual leave allowance", "the battery is charged overnight",
            "who approves travel costs", "a lift of 400 kg", "invoice payment term", "reset the password", "spare wheel",
            "the red lamp blinks twice", "pension contribution", "cold store at -20 degrees", "minutes of the board")
-
-
 #: part of the cache's keys: count it up when the same model would give other vectors than before
 _VERSION = 2
 
@@ -208,6 +206,8 @@ class CourseEmbedding(BaseEmbedding):
 
     def _encode_now(self, texts: list[str], label: str) -> np.ndarray:
         model, out = self._model, np.zeros((len(texts), self.dimension), np.float32)
+        if not texts:
+            return out
         inputs = model.preprocess(texts, prompt=model.prompts.get(model.default_prompt_name))
         lengths = inputs["attention_mask"].sum(dim=1)
         batches = lengths.argsort(descending=True, stable=True).split(self.batch_size)

@@ -274,7 +274,7 @@ class Item:
     document: str = ""  # id of the document that holds the answer; empty where none does
 
 
-def raft_sample(facts: Mapping[str, Fact], questions: Sequence[Question], n: int = 600, seed: int = 0) -> list[Question]:
+def raft_sample(facts: Mapping[str, Fact], questions: Sequence[Question], n: int = 300, seed: int = 0) -> list[Question]:
     """`n` of the questions on facts that training may ask about, every fact once before any twice, for a RAFT-style adapter."""
     drawn = random.Random(seed).sample([q for q in questions if facts[q.fact].asked], k=sum(facts[q.fact].asked for q in questions))
     turn: Counter = Counter()

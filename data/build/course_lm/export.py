@@ -203,13 +203,17 @@ def write_card(folder: Path = FOLDER) -> None:
     more = "\n".join(f"| {n} | {figures[n]['exact']} ({figures[n]['exact_low']} to {figures[n]['exact_high']}) | "
                      f"{figures[n]['f1']} | {figures[n]['abstained']} | {figures[n]['n']} |" for n in rest)
     lora = data.get("lora", {})
-    text = CARD.format(gates=gate_table(figures), more=more, **run, loading=figures["speed"]["loading_seconds"],
+    further = FURTHER if run.get("averaged") else ""
+    text = CARD.format(gates=gate_table(figures), more=more, further=further, **run, loading=figures["speed"]["loading_seconds"],
                        prompt_tokens=figures["speed"]["prompt_tokens"], split=data["split"],
                        lora=LORA.format(**lora) if lora else "Not measured yet.")
     temporary = folder / "README.md.part"
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, folder / "README.md")
 
+
+FURTHER = ("- The last run began with the weights of the one before (`train --start`); shipped is the mean of the weights before and "
+           "after it (`export --average`; Wortsman et al. 2022), which was better than either on the development split.\n")
 
 LORA = ("A LoRA adapter (PEFT, all linear layers, rank 16) on {facts} facts of the knowledge base, five wordings each plus "
         "statements in several orders, answers {held_out_wordings_percent} % of the held-out wordings closed-book after "
@@ -254,8 +258,8 @@ llm.answer("How long is the notice period?", [Passage("Either side may leave wit
   them replaced at random at every step; procedural look-up tasks; 1,000 general facts closed-book; negatives (the passage's own
   unanswerable questions, passages without their gold sentence, other people's passages, no passage at all); two dated versions;
   orders hidden in passages. Nothing about the course's company, Brindlemark, is in it.
-- {seen} questions seen, {tokens} tokens, {hours} hours on {hardware}, about {exaflop} FLOPs (6 × parameters × tokens). Seed 1.
-- Program: `python -m data.build.course_lm.train` (resumes by itself), sources in `data/build/course_lm/`.
+- {seen} questions seen, {tokens} tokens, {hours} hours on {hardware}, about {exaflop} FLOPs (6 × parameters × tokens).
+{further}- Program: `python -m data.build.course_lm.train` (resumes by itself), sources in `data/build/course_lm/`.
 
 ## Figures (per cent, on the {split} split: passages and authors never seen; intervals by bootstrap over passages)
 {gates}
@@ -293,17 +297,18 @@ def main() -> None:
                         "counts to those on the card")
     parser.add_argument("--average", action="store_true", help="save the mean of the run's weights and the shipped ones")
     parser.add_argument("--measure-only", action="store_true", help="measure the shipped weights")
+    parser.add_argument("--speed-only", action="store_true", help="measure the speed anew, with nothing else running")
     parser.add_argument("--no-measure", action="store_true")
     parser.add_argument("--card-only", action="store_true")
     parser.add_argument("--lora", type=Path, help="figures written by lora_check --json")
     args = parser.parse_args()
-    if not args.card_only and not args.measure_only:
+    if not args.card_only and not args.measure_only and not args.speed_only:
         export_weights(args.work, average=args.average)
     if args.no_measure:
         return
     file = FOLDER / "figures.json"
     data = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    if not args.card_only:
+    if not args.card_only and not args.speed_only:
         data |= measure(args.split, FOLDER, args.work, args.size)
         meta = json.loads((args.work / "checkpoint.json").read_text())
         model = CourseLM(FOLDER).model
@@ -317,7 +322,11 @@ def main() -> None:
             "hardware": f"{settings.threads} CPU cores" if not torch.cuda.is_available() else torch.cuda.get_device_name(0),
             "exaflop": f"{6 * (count - 384 * model.config.vocab_size) * (meta['tokens'] + earlier.get('tokens', 0)):.1e}", "parameters": count,
             "vocabulary": model.config.vocab_size, "passages": len(train), "questions": sum(len(p.questions) for p in train),
-            "words_low": min(words), "words_high": max(words)}
+            "words_low": min(words), "words_high": max(words), "averaged": args.further}
+    if args.speed_only:
+        llm = CourseLM(FOLDER)
+        data["figures"]["speed"] |= speed(llm, load_split(args.split))
+        print(data["figures"]["speed"])
     if args.lora:
         data["lora"] = json.loads(args.lora.read_text(encoding="utf-8"))
     temporary = file.with_suffix(".part")
