@@ -14,7 +14,8 @@ import pytest
 from utils.evaluation import load_facts, load_items, load_questions, peak_memory_mb, raft_sample, triage_question
 from utils.settings import COLOURS
 
-LESSON = Path(__file__).resolve().parent.parent / "notebooks" / "04_side_by_side.ipynb"
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+LESSON = next(path for folder in (NOTEBOOKS, NOTEBOOKS / "drafts") if (path := folder / "04_side_by_side.ipynb").exists())
 ATTACK = "<script>alert('x')</script> & \"quoted\""
 
 
