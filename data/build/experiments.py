@@ -160,10 +160,11 @@ def contexts(company: Company, items: Sequence[Item], llm: LanguageModel) -> tup
         begin = time.perf_counter()
         found.append((few_shot if item.kind == "triage" else rag).retrieve(item.text))
         seconds.append(time.perf_counter() - begin)
-    oracle = [[nodes[n] for n in sorted(relevant[i.cluster])[:1]] if i.cluster in relevant else hits
+    order = {n.node_id: place for place, n in enumerate(engine.nodes)}  # ids are random: the first in the order of the documents
+    oracle = [[nodes[n] for n in sorted(relevant[i.cluster], key=order.__getitem__)[:1]] if i.cluster in relevant else hits
               for i, hits in zip(items, found)]
-    order = np.random.default_rng(0).permutation(len(items))
-    other = {int(a): int(b) for a, b in zip(order, np.roll(order, 1))}
+    mixed = np.random.default_rng(0).permutation(len(items))
+    other = {int(a): int(b) for a, b in zip(mixed, np.roll(mixed, 1))}
     shuffled = [found[other[i]] for i in range(len(items))]
     from llama_index.core.schema import NodeWithScore
     oracle = [[h if isinstance(h, NodeWithScore) else NodeWithScore(node=h, score=1.0) for h in hits] for hits in oracle]
