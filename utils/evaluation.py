@@ -13,10 +13,11 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import ir_measures
 import numpy as np
@@ -276,13 +277,7 @@ class Item:
 
 def raft_sample(facts: Mapping[str, Fact], questions: Sequence[Question], n: int = 300, seed: int = 0) -> list[Question]:
     """`n` of the questions on facts that training may ask about, every fact once before any twice, for a RAFT-style adapter."""
-    drawn = random.Random(seed).sample([q for q in questions if facts[q.fact].asked], k=sum(facts[q.fact].asked for q in questions))
-    turn: Counter = Counter()
-    rank = {}
-    for question in drawn:
-        rank[question.id] = turn[question.fact]
-        turn[question.fact] += 1
-    return sorted(drawn, key=lambda q: rank[q.id])[:n]
+    return _draw([q for q in questions if facts[q.fact].asked], lambda question: question.fact, n, seed)
 
 
 @dataclass(frozen=True)
@@ -326,11 +321,11 @@ def _fact_items(asked: bool | None, folder: Path) -> list[Item]:
     return items
 
 
-def _draw(items: Sequence[Item], wanted: int, seed: int) -> list[Item]:
-    """A sample in turns: first one item of every fact (or triage code), then a second of every one, and so on."""
+def _draw(items: Sequence[Any], group_of: Callable[[Any], Any], wanted: int, seed: int) -> list[Any]:
+    """A sample in turns: first one item (with an `id`) of every group, then a second of every one, and so on."""
     shuffled, turn, drawn = random.Random(seed).sample(items, len(items)), {}, Counter()
     for item in shuffled:
-        group = item.accepted if item.kind == "triage" else item.cluster
+        group = group_of(item)
         turn[item.id] = drawn[group]
         drawn[group] += 1
     return sorted(shuffled, key=lambda item: turn[item.id])[:wanted]
@@ -351,7 +346,9 @@ def load_items(per_kind: Mapping[str, int] | None = None, asked: bool | None = N
     pool = _fact_items(asked, folder)
     pool += [Item(u["id"], u["id"], "unanswerable", u["text"], ()) for u in read_jsonl(folder / "unanswerable.jsonl")]
     pool += [Item(t.id, t.id, "triage", triage_question(t.text), (t.code,)) for t in load_tickets("held_out", folder)]
-    samples = [_draw([item for item in pool if item.kind == kind], per_kind.get(kind, 0), seed) for kind in KINDS]
+    samples = [_draw([item for item in pool if item.kind == kind],
+                     lambda item: item.accepted if item.kind == "triage" else item.cluster, per_kind.get(kind, 0), seed)
+               for kind in KINDS]
     return [item for sample in samples for item in sorted(sample, key=lambda item: item.id)]
 
 

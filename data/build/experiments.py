@@ -1,8 +1,8 @@
 """The measurements that take too long for a notebook: three training seeds, ablations, costs.
 
-`python -m data.build.experiments` (part of `python course.py results`) writes data/experiments/*.json and data/adapters/.
-Every trained model and every table is kept as soon as it is finished, with a fingerprint of the data and recipes that it was made from:
-an interrupted run goes on where it stopped, and a second run with nothing changed does nothing.
+`python -m data.build.experiments` writes data/experiments/*.json and data/adapters/.
+Every trained model and every table is kept as soon as it is finished, with a fingerprint of the data and recipes that
+it was made from: an interrupted run goes on where it stopped, and a second run with nothing changed does nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import datetime
 import hashlib
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ from utils.settings import DATA, ROOT, WORK, banner, seed_everything
 
 import numpy as np
 import pandas as pd
+from llama_index.core.schema import NodeWithScore
 
 from utils.embedding import CourseEmbedding
-from utils.evaluation import (Item, bootstrap, inference_flops, load_facts, load_items, load_questions, load_tickets, percentile_ms,
-                              raft_sample, relevant_chunks, score_answers, training_flops, triage_question)
+from utils.evaluation import (Item, bootstrap, inference_flops, load_facts, load_items, load_questions, load_tickets,
+                              peak_memory_mb, percentile_ms, raft_sample, relevant_chunks, score_answers, training_flops, triage_question)
 from utils.finetuning import (ADAPTERS, APRIL, RAFT, Pair, Recipe, adapter_path, answer_nll, april_pairs, fact_pairs, load_pairs,
                               merged, raft_pairs, tune, tuned, wrap)
 from utils.llm import LanguageModel, load_llm
 from utils.rag import NewestEdition, Rag, ticket_nodes
-from utils.retrieval import build_index, dense_retriever, search_engine
+from utils.retrieval import SearchEngine, build_index, dense_retriever, search_engine
 
 __all__ = ["main"]
 
@@ -107,26 +107,30 @@ class Company:
         self.train_questions = load_questions("train", "2026-04-01")
         self.tickets = [(triage_question(t.text), t.code) for t in load_tickets("train")]
         self.april_pairs = april_pairs(self.april_facts, self.train_questions, self.tickets)
-        self._april = self._october = self._raft = None
 
-    @property
-    def april(self) -> Any:
-        self._april = self._april or search_engine("2026-04-01", self.embedder)
-        return self._april
+    @cached_property
+    def base(self) -> LanguageModel:
+        """The model as shipped; never tuned, `tuned` loads its own."""
+        return load_llm()
 
-    @property
-    def october(self) -> Any:
-        self._october = self._october or search_engine("2026-10-01", self.embedder)
-        return self._october
+    @cached_property
+    def april(self) -> SearchEngine:
+        return search_engine("2026-04-01", self.embedder)
 
-    @property
+    @cached_property
+    def october(self) -> SearchEngine:
+        return search_engine("2026-10-01", self.embedder)
+
+    @cached_property
     def raft_pairs(self) -> list[Pair]:
-        if self._raft is None:
-            questions = raft_sample(self.april_facts, self.train_questions)
-            rag = Rag(load_llm(), self.april.hybrid, [NewestEdition.of(self.april.nodes)], TOP_K)
-            self._raft = raft_pairs(self.april_facts, questions, [rag.retrieve(q.text) for q in questions],
-                                    relevant_chunks(self.april_facts, self.april.nodes))
-        return self._raft
+        questions = raft_sample(self.april_facts, self.train_questions)
+        rag = self.rag(self.april)
+        return raft_pairs(self.april_facts, questions, [rag.retrieve(q.text) for q in questions],
+                          relevant_chunks(self.april_facts, self.april.nodes))
+
+    def rag(self, engine: SearchEngine) -> Rag:
+        """The pipeline of the lessons on a snapshot, with the base model."""
+        return Rag(self.base, engine.hybrid, [NewestEdition.of(engine.nodes)], TOP_K)
 
     def adapter(self, name: str, seed: int) -> tuple[LanguageModel, dict]:
         """A model with the adapter of that name and seed; its files are also put into data/adapters."""
@@ -146,28 +150,24 @@ class Company:
 
 
 # -- the side-by-side answers ------------------------------------------------------------------------------------------
-def contexts(company: Company, items: Sequence[Item], llm: LanguageModel) -> tuple[dict[str, list], list[float]]:
+def contexts(company: Company, items: Sequence[Item]) -> tuple[dict[str, list], list[float]]:
     """Hits of every item for the arms RAG, oracle and shuffled, and the seconds that retrieval took."""
     engine, facts = company.october, load_facts("2026-10-01")
-    rag = Rag(llm, engine.hybrid, [NewestEdition.of(engine.nodes)], TOP_K)
+    rag = company.rag(engine)
     labelled = ticket_nodes(load_tickets("train"))
-    few_shot = Rag(llm, dense_retriever(build_index(labelled, company.embedder), top_k=TICKETS_K), top_k=TICKETS_K)
+    few_shot = Rag(company.base, dense_retriever(build_index(labelled, company.embedder), top_k=TICKETS_K), top_k=TICKETS_K)
     relevant = relevant_chunks(facts, engine.nodes)
-    nodes = {n.node_id: n for n in engine.nodes}
     company.embedder.encode([i.text for i in items], label="embedding questions")
     found, seconds = [], []
     for item in items:
         begin = time.perf_counter()
         found.append((few_shot if item.kind == "triage" else rag).retrieve(item.text))
         seconds.append(time.perf_counter() - begin)
-    order = {n.node_id: place for place, n in enumerate(engine.nodes)}  # ids are random: the first in the order of the documents
-    oracle = [[nodes[n] for n in sorted(relevant[i.cluster], key=order.__getitem__)[:1]] if i.cluster in relevant else hits
-              for i, hits in zip(items, found)]
+    oracle = [[NodeWithScore(node=n, score=1.0) for n in engine.nodes if n.node_id in relevant[i.cluster]][:1]
+              if i.cluster in relevant else hits for i, hits in zip(items, found)]
     mixed = np.random.default_rng(0).permutation(len(items))
     other = {int(a): int(b) for a, b in zip(mixed, np.roll(mixed, 1))}
     shuffled = [found[other[i]] for i in range(len(items))]
-    from llama_index.core.schema import NodeWithScore
-    oracle = [[h if isinstance(h, NodeWithScore) else NodeWithScore(node=h, score=1.0) for h in hits] for hits in oracle]
     return {"RAG": found, "oracle": oracle, "shuffled": shuffled, "none": [[] for _ in items]}, seconds
 
 
@@ -187,17 +187,20 @@ def answers(company: Company, seeds: Sequence[int]) -> pd.DataFrame:
     """All arms on all items; arms without training once."""
     items = load_items()
 
+    @cache  # only where some rows are not kept yet, and once for all arms
+    def found() -> tuple[dict[str, list], list[float]]:
+        return contexts(company, items)
+
     def untrained() -> list[dict]:
-        llm = load_llm()
-        hits, retrieval = contexts(company, items, llm)
+        hits, retrieval = found()
         return [row for arm, context in (("base", "none"), ("RAG", "RAG"), ("oracle", "oracle"), ("shuffled", "shuffled"))
-                for row in answer_rows(arm, 0, llm, items, hits[context], retrieval)]
+                for row in answer_rows(arm, 0, company.base, items, hits[context], retrieval)]
 
     rows = part("answers-untrained", untrained)
     for seed in seeds:
         def trained(seed: int = seed) -> list[dict]:
             out: list[dict] = []
-            hits, retrieval = contexts(company, items, load_llm())
+            hits, retrieval = found()
             llm = merged(company.adapter("april", seed)[0])
             out += answer_rows("fine-tuned", seed, llm, items, hits["none"], retrieval)
             out += answer_rows("both", seed, llm, items, hits["RAG"], retrieval)
@@ -210,15 +213,17 @@ def answers(company: Company, seeds: Sequence[int]) -> pd.DataFrame:
 def costs(company: Company, seeds: Sequence[int]) -> pd.DataFrame:
     """What each arm costs: training, FLOPs, latency of single questions, memory, disk."""
     items = [i for i in load_items() if i.kind == "lookup"][:30]
+    hits, retrieval = contexts(company, items)
     rows = []
     size = lambda folder: sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors")) / 1e6  # noqa: E731
     for arm, name, context in (("base", "", "none"), ("RAG", "", "RAG"), ("fine-tuned", "april", "none"), ("both", "april", "RAG"),
                                ("RAFT", "raft", "RAG")):
         for seed in seeds if name else (0,):
-            llm, info = company.adapter(name, seed) if name else (load_llm(), {"seconds": 0.0, "tokens": 0})
-            llm = merged(llm) if name else llm
+            llm, info = company.base, {"seconds": 0.0, "tokens": 0}
+            if name:
+                tuned_llm, info = company.adapter(name, seed)
+                llm = merged(tuned_llm)
             parameters = sum(p.numel() for p in llm.model.parameters())
-            hits, retrieval = contexts(company, items, llm)
             traces = [Rag(llm, None).ask([i.text], hits=[h])[0] for i, h in zip(items, hits[context])]
             single = [t.generation.seconds + (r if context == "RAG" else 0.0) for t, r in zip(traces, retrieval)]
             tokens = float(np.mean([t.generation.prompt_tokens + t.generation.new_tokens for t in traces]))
@@ -226,7 +231,7 @@ def costs(company: Company, seeds: Sequence[int]) -> pd.DataFrame:
                          "training_flops": training_flops(parameters, info["tokens"], lora=True),
                          "flops_per_answer": inference_flops(parameters, tokens), "tokens_per_answer": round(tokens, 1),
                          "p50_ms": percentile_ms(single, 50), "p95_ms": percentile_ms(single, 95),
-                         "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)),
+                         "peak_mb": round(peak_memory_mb()),
                          "disk_mb": round(size(DATA / "course_lm") + (size(ADAPTERS / f"{name}-{seed}") if name else 0), 1)})
     return pd.DataFrame(rows)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import re
-import string
-from collections import Counter
 from dataclasses import dataclass
+
+from utils.evaluation import exact_match, normalise, token_f1
 
 import numpy as np
 
@@ -22,23 +22,6 @@ from .tokenizer import ABSTENTION
 
 __all__ = ["normalise", "exact_match", "token_f1", "Outcome", "score", "natural_set", "unanswerable_set", "minimal_pair_set",
            "shuffled_set", "procedural_set", "fact_set", "unknown_set", "version_set", "summary"]
-
-
-def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra spaces (the SQuAD metric; Rajpurkar et al. 2016)."""
-    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def exact_match(prediction: str, truth: str) -> bool:
-    return normalise(prediction) == normalise(truth)
-
-
-def token_f1(prediction: str, truth: str) -> float:
-    """Harmonic mean of the precision and recall of normalised tokens."""
-    p, t = normalise(prediction).split(), normalise(truth).split()
-    same = sum((Counter(p) & Counter(t)).values())
-    return 0.0 if not same else 2 * same / (len(p) + len(t))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from .mixing import injection, split_sentences
 from .model import start_model
 from .reading import load_facts, load_split
 from .tokenizer import CHAT_TEMPLATE
-from .train import build_sources, minilm_folder
+from .train import build_sources, load_weights, minilm_folder
 
 __all__ = ["export_weights", "measure", "write_card", "main"]
 
@@ -61,8 +61,8 @@ def export_weights(work: Path, folder: Path = FOLDER, average: bool = False) -> 
         raise FileNotFoundError(f"no checkpoint in {work}; train first: python -m data.build.course_lm.train")
     state = {k: v for k, v in load_file(source).items() if "/" not in k and not k.startswith("span.")}
     if average:
-        shipped = {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-        state = {k: (v.float() + shipped[k].float()) / 2 if k in shipped else v for k, v in state.items()}
+        shipped = load_weights(folder)
+        state = {k: (v.float() + shipped[k]) / 2 if k in shipped else v for k, v in state.items()}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(work / "tokenizer.json"), pad_token="<|pad|>", bos_token="<|answer|>", eos_token="<|end|>",
         unk_token="<|pad|>", additional_special_tokens=["<|question|>", "<|document|>"], clean_up_tokenization_spaces=False,

@@ -114,7 +114,7 @@ class Mixer:
     def fact(self, rng: random.Random) -> Example:
         """A general fact: closed-book in a training wording, or with its statement as the passage."""
         fact = rng.choice(self.facts)
-        question = rng.choice([*(q for i, q in enumerate(fact.questions) if i != fact.held_out), *fact.extra])
+        question = rng.choice(fact.trained)
         if rng.random() < 0.12:
             text = rng.choice(fact.statements)
             span = _span_of(fact.answer, text)

@@ -55,6 +55,11 @@ class Fact:
         """Which wording is never trained on; it rotates, so that all kinds of wording are tested."""
         return self.index % len(self.questions)
 
+    @property
+    def trained(self) -> list[str]:
+        """The wordings that training may use."""
+        return [*(q for i, q in enumerate(self.questions) if i != self.held_out), *self.extra]
+
 
 def read_passages(path: Path) -> list[Passage]:
     """Parse one passage file. Raises ValueError naming file and line for a record that lacks a part."""

@@ -135,6 +135,13 @@ def learning_rate(progress: float, peak: float, warm: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm) / (1 - warm)))))
 
 
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a saved CourseLM, in float32."""
+    from safetensors.torch import load_file
+
+    return {k: v.float() for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
 def save_atomically(state: dict, path: Path) -> None:
     """Write with safetensors to a temporary file, then rename."""
     from safetensors.torch import save_file
@@ -194,8 +201,7 @@ def main() -> None:
     special = {k: tokenizer.token_to_id(f"<|{k}|>") for k in ("pad", "answer", "end")}
     model = start_model(minilm, embeddings, special, args.seed).to(device)
     if args.start and not state_file.exists():
-        shipped = {k: v.float() for file in sorted(args.start.glob("*.safetensors")) for k, v in load_file(file).items()}
-        model.load_state_dict(shipped, strict=False)
+        model.load_state_dict(load_weights(args.start), strict=False)
         print(f"starting from the weights in {args.start}", flush=True)
     span_head = nn.Linear(384, 2).to(device)
     parameters = list(model.parameters()) + list(span_head.parameters())

@@ -20,7 +20,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..course_lm.evaluate import normalise
+from utils.evaluation import normalise
+
 from ..course_lm.mixing import _span_of, without_gold_sentence
 from ..course_lm.reading import Fact, Passage, load_facts, load_split
 from ..course_lm.substitution import plain
@@ -82,10 +83,6 @@ def _record(id_: str, kind: str, question: str, passages: Sequence[dict] = (), a
 
 # ----------------------------------------------------------------------------------------------------------------- facts
 
-def _trained(fact: Fact) -> list[str]:
-    return [*(q for i, q in enumerate(fact.questions) if i != fact.held_out), *fact.extra]
-
-
 def _twins(facts: Sequence[Fact]) -> dict[int, set[int]]:
     """For each fact the others that say the same: they share a wording, or most of their words and the answer."""
     found: dict[int, set[int]] = {f.index: set() for f in facts}
@@ -107,7 +104,7 @@ def _facts(size: dict[str, int]) -> dict[str, list[dict]]:
     rng = random.Random(f"{SEED}-facts")
     facts = load_facts()
     twins = _twins(facts)
-    trained = Counter(q for f in facts for q in {same_question(q) for q in _trained(f)})
+    trained = Counter(q for f in facts for q in {same_question(q) for q in f.trained})
     never = {same_question(f.questions[f.held_out]) for f in facts}
     out: dict[str, list[dict]] = {name: [] for name in FILES}
     used: set[int] = set()
@@ -119,7 +116,7 @@ def _facts(size: dict[str, int]) -> dict[str, list[dict]]:
         used |= {fact.index} | twins[fact.index]
         out["held_out"].append((fact, question))
     for fact in rng.sample([f for f in facts if f.index not in used], len(facts) - len(used)):
-        questions = [q for q in _trained(fact) if same_question(q) not in never]
+        questions = [q for q in fact.trained if same_question(q) not in never]
         if len(out["replay"]) < size["replay"] and questions and fact.index not in used:
             used |= {fact.index} | twins[fact.index]
             out["replay"].append((fact, rng.choice(questions)))
